@@ -22,7 +22,7 @@ from support.ptx.build import CACHE, find_nvcc
 UNITS = [
     ("tensor", ("HMMA",)),
     ("warpgroup", ("HGMMA",)),
-    ("fp32", ("FFMA", "FADD", "FMUL")),
+    ("fp32", ("FFMA", "FADD", "FMUL", "HFMA2")),
     ("special", ("MUFU", "POPC", "FLO", "BREV", "I2F", "F2I", "F2F", "FRND", "I2I")),
     ("fp64", ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")),
     ("imad", ("IMAD",)),

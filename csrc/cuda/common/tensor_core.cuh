@@ -48,6 +48,20 @@ __device__ __forceinline__ float reciprocal(float x) {
   return inverse;
 }
 
+// Returns a b + c for two pairs of bfloat16 numbers each, rounded once.
+__device__ __forceinline__ uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+// Returns the signs of four bfloat16 numbers, two of a and two of b, each in all bits of a byte.
+__device__ __forceinline__ uint32_t signs_of_pairs(uint32_t a, uint32_t b) {
+  uint32_t signs;  // __byte_perm takes no signs
+  asm("prmt.b32 %0, %1, %2, 0xfdb9;" : "=r"(signs) : "r"(a), "r"(b));
+  return signs;
+}
+
 // Loads four 8 x 8 matrices of 16-bit elements. Lane 8m + r passes the address of row r of matrix m, 16 bytes. Register
 // m of lane l receives elements (l/4, 2(l%4)) and (l/4, 2(l%4) + 1) of matrix m.
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
@@ -105,6 +119,7 @@ struct Pair<__nv_bfloat16> {
   __nv_bfloat162 values;
   __device__ __forceinline__ Pair(float x, float y) : values(__floats2bfloat162_rn(x, y)) {}
   __device__ __forceinline__ float2 widened() const { return __bfloat1622float2(values); }
+  __device__ __forceinline__ uint32_t bits() const { return reinterpret_cast<const uint32_t&>(values); }
 };
 
 template <>

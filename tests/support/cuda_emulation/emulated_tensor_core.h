@@ -39,6 +39,27 @@ EMULATED_INLINE void copy_async(void* shared, const void* global, bool valid) {
 
 inline float reciprocal(float x) { return 1 / (fabsf(x) < 0x1p-126f ? 0 * x : x); }
 
+// Returns a b + c rounded to bfloat16. Rounded to float with the last bit set if anything is lost, so that the second
+// rounding is right.
+inline uint32_t multiply_add_bfloat16(uint32_t a, uint32_t b, uint32_t c) {
+  const auto widen = [](uint32_t bits) -> double { return __uint_as_float(bits << 16); };
+  const double sum = fma(widen(a), widen(b), widen(c));
+  float rounded = static_cast<float>(sum);
+  if (fabs(static_cast<double>(rounded)) > fabs(sum)) rounded = nextafterf(rounded, 0);
+  if (rounded != sum && rounded == rounded) rounded = __uint_as_float(__float_as_uint(rounded) | 1);
+  return __float2bfloat16(rounded).bits;
+}
+
+inline uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
+  return multiply_add_bfloat16(a & 0xffff, b & 0xffff, c & 0xffff) |
+         multiply_add_bfloat16(a >> 16, b >> 16, c >> 16) << 16;
+}
+
+inline uint32_t signs_of_pairs(uint32_t a, uint32_t b) {
+  const auto spread = [](uint32_t bits, int sign) { return bits >> sign & 1 ? 0xffu : 0u; };
+  return spread(a, 15) | spread(a, 31) << 8 | spread(b, 15) << 16 | spread(b, 31) << 24;
+}
+
 EMULATED_INLINE void commit_copies() { emulation::commit_copies(); }
 
 template <int kPending>

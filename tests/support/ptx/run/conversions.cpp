@@ -122,6 +122,25 @@ struct ToBfloat {
   }
 };
 
+// a b + c of two bfloat16 numbers. Rounded to float with the last bit set if anything is lost, so that the second
+// rounding is right.
+struct MultiplyAddPair {
+  static uint16_t one(uint32_t a, uint32_t b, uint32_t c) {
+    const auto widen = [](uint32_t bits) -> double { return WidenBfloat()(static_cast<uint16_t>(bits)); };
+    const double sum = std::fma(widen(a), widen(b), widen(c));
+    float rounded = static_cast<float>(sum);
+    if (std::fabs(static_cast<double>(rounded)) > std::fabs(sum)) rounded = std::nextafterf(rounded, 0);
+    uint32_t bits;
+    memcpy(&bits, &rounded, sizeof bits);
+    if (rounded != sum && rounded == rounded) bits |= 1;
+    memcpy(&rounded, &bits, sizeof bits);
+    return narrow_to_bfloat(rounded);
+  }
+  uint32_t operator()(uint32_t a, uint32_t b, uint32_t c) const {
+    return one(a, b, c) | static_cast<uint32_t>(one(a >> 16, b >> 16, c >> 16)) << 16;
+  }
+};
+
 template <typename T, typename Part>
 void pack(Warp& w, const Instruction& in, uint32_t lanes) {
   for_lanes(lanes, [&](int i) {
@@ -239,6 +258,7 @@ void add_floats(const Sink& add) {
   add("cvt.rn.bf16.f32", Class::kConversion, each1<uint16_t, float, ToBfloat>);
   add("cvt.rn.f16x2.f32", Class::kConversion, each2<uint32_t, float, ToHalf>);
   add("cvt.rn.bf16x2.f32", Class::kConversion, each2<uint32_t, float, ToBfloat>);
+  add("fma.rn.bf16x2", Class::kFloat32, each3<uint32_t, uint32_t, MultiplyAddPair>);
 }
 
 }  // namespace
