@@ -107,7 +107,7 @@ def gathered_entries(K: int) -> float:
     sample, before, share = 32768 if has_long_sample(K) else 8192, 1.0, 0.0
     for keep in [*(2.0**-stage for stage in range(1, 7)), 5 / K]:
         expected = sample * keep
-        reach = 4.25 * math.sqrt(expected * (1 - keep / before) * (1 - sample / K) + 1) + 4
+        reach = 4.25 * math.sqrt(expected * (1 - keep / before) * max(0.0, 1 - sample / K) + 1) + 4
         share += (min(expected, reach) + reach) / sample
         before = keep
     return share * K
@@ -201,7 +201,7 @@ def hbm_s(gpu: Gpu, call: dict) -> float:
     passes = max(launch["launches"] for launch in call["launches"])
     total = moved * passes if moved > gpu.l2_bytes else 0.0
     for launch in call["launches"]:
-        lists = gathered_entries(call["K"]) * 12 * launch["blocks"]  # a slot and two scores for each entry
+        lists = gathered_entries(call["K"]) * 16 * launch["blocks"]  # a record for each entry
         if "streamed_stages" in launch["kernel"] and lists > gpu.l2_bytes:
             total += 2 * lists * launch["launches"]
     return total / gpu.hbm_bytes_per_s

@@ -51,7 +51,8 @@ ROUTES = {
     "on chip of an A100": {"processors": 108},  # fewer and larger tiles of scores
     "streamed": {"shared_limit": 0, "cache_size": 40 << 20},
     "streamed by 16 multiprocessors": {"shared_limit": 0, "cache_size": 40 << 20, "processors": 16},  # 4 tiles a block
-    "streamed by an A100": {"shared_limit": 163 << 10, "cache_size": 40 << 20, "processors": 108},  # few queries held
+    # Few queries, and many, with lists in shared memory.
+    "streamed by an A100": {"shared_limit": 163 << 10, "cache_size": 40 << 20, "processors": 108},
     "shared by 16 multiprocessors": {"shared_limit": 163 << 10, "cache_size": 40 << 20, "processors": 16},
 }
 # The features and the products (the argument `precision`) of the precisions of cascade_select.

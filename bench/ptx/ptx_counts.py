@@ -57,6 +57,12 @@ SAMPLES = [
     *(Call("cascade_select", precision, 64, 2**18, "streamed by 16 multiprocessors") for precision in FORMATS),
     # Blocks of several tiles; and at most 32 queries, which have smaller tiles and go through the stages on chip.
     *(Call("cascade_select", precision, 64, 32768, "streamed by 16 multiprocessors") for precision in FORMATS),
+    # Lists of many queries in shared memory.
+    *(
+        Call("cascade_select", precision, 64, K, "shared by 16 multiprocessors")
+        for precision in FORMATS
+        for K in (49152, 65536)
+    ),
     Call("cascade_select", "fp32", 32, 32768, "streamed by 16 multiprocessors"),
     *(Call("cascade_select", "fp32", 32, K, "streamed by an A100") for K in (24576, 32768)),
     *(Call("mil_nce", dtype, 32, K) for dtype in PRECISIONS["mil_nce"] for K in (2048, 16384, 65536)),
@@ -71,6 +77,7 @@ CHECKS = [
     Call("cascade_select", "fp32", 64, 40000, "streamed"),
     Call("cascade_select", "fp32", 64, 49152, "streamed by 16 multiprocessors"),
     Call("cascade_select", "fp32", 32, 28672, "streamed by an A100"),
+    Call("cascade_select", "fp32", 64, 57344, "shared by 16 multiprocessors"),
     Call("cascade_select", "fp32", 64, 2**18 + 2**14, "streamed by 16 multiprocessors"),
     Call("mil_nce", "float32", 64, 32768),
     Call("mil_nce", "bfloat16", 64, 131072),

@@ -141,12 +141,12 @@ struct PairedLimits {
   float center[kMaxSiftedViews][Tile::kQueries];
 
   __device__ __forceinline__ void set(int s, int row, const Sieve& sieve, int u) {
-    uint16_t(&limits)[2][2] = of_stage[s][row / 16 * 8 + row % 8];
+    uint16_t (&limits)[2][2] = of_stage[s][row / 16 * 8 + row % 8];
     uint32_t below = round_down(sieve.low[s] - sieve.center[u]);
     if ((below & ~kSign) == 0) below = kSign + 1;  // the greatest number below 0: differences with it are not -0
     limits[0][row / 8 % 2] = static_cast<uint16_t>(below ^ kSign);
     limits[1][row / 8 % 2] = static_cast<uint16_t>(round_down(sieve.center[u] - sieve.high[s]) ^ kSign);
-    center[u][row] = sieve.center[u];
+    if (s < kMaxSiftedViews) center[s][row] = sieve.center[s];
   }
 
   __device__ __forceinline__ void clear(int s, int row) {
@@ -165,7 +165,7 @@ struct PairedLimits {
     for (int key = 0; key < kKeysPerThread; ++key) {
 #pragma unroll
       for (int m = 0; m < Tile::kQueryPieces; ++m) {
-        const float(&own)[4] = score[m][key / 2];
+        const float (&own)[4] = score[m][key / 2];
         const float first = own[key % 2] - middle[2 * m], second = own[2 + key % 2] - middle[2 * m + 1];
         rounded[key][m] = Pair<__nv_bfloat16>(first, second).bits();
         zero = multiply_add_pair(rounded[key][m], 0, zero);

@@ -52,10 +52,10 @@ struct Plan {
   int tiles;  // of keys, that a block streams
   Route route;
   bool exact;
-  bool held;                 // whether the entries that a stage compares are in shared memory; streamed route only
-  bool alone;                // and the block of their query has a multiprocessor for itself
-  int16_t view[kMaxStages];  // [stages] index of the view of each stage in view_used
-  int32_t keep[kMaxStages];  // [stages] at most K
+  bool held;                      // whether the entries that a stage compares are in shared memory; streamed route only
+  bool alone;                     // and the block of their query has a multiprocessor for itself
+  int16_t view[kMaxStages];       // [stages] index of the view of each stage in view_used
+  int32_t keep[kMaxStages];       // [stages] at most K
   int32_t view_used[kMaxStages];  // [views_used] index of the view in the inputs
   uint8_t stages_of[kMaxSiftedViews];  // bits of the stages that compare each view; streamed route only
   bool sifted;
@@ -292,7 +292,7 @@ struct Chunk {
   float* values;          // [U, chunk, room] their scores
   uint32_t* near;         // [chunk, room] scratch for those near a threshold, for exact scores
   float* spare_scores;    // [spare, U, row]
-  uint32_t* spare_slots;   // [spare, row]
+  uint32_t* spare_slots;  // [spare, row]
 
   // Moves the pointers of the routes with rows to one query.
   __device__ __forceinline__ void at(const Plan& plan, int64_t row, int64_t first_query) {

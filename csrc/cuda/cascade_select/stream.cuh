@@ -36,7 +36,7 @@ struct StreamShared {
   unsigned unsettled[Tile::kQueries][kMaxSiftedStages], next[Tile::kQueries][kMaxSiftedStages];
   uint16_t waiting[Tile::kThreads / kWarp][kWaiting];
   const T *queries[kMaxSiftedViews], *memory[kMaxSiftedViews];  // where each view in use starts
-  unsigned lists[kMaxSiftedStages + 1];                // of the plan
+  unsigned lists[kMaxSiftedStages + 1];                         // of the plan
   float query_reach[kMaxSiftedViews][Tile::kQueries];  // error of a score for a key of norm 1; infinite without a bound
   unsigned key_reach[kMaxSiftedViews];                 // bits of the greatest norm of a key in the tile
 };
@@ -191,8 +191,7 @@ __device__ __forceinline__ void append(const Plan& plan, const Chunk& chunk, Str
 // Counts the entries that drop out, and gathers those that are not settled. in_play: those that are compared.
 template <bool kExact, typename Tile, typename T>
 __device__ __forceinline__ void settle(const Plan& plan, const Chunk& chunk, StreamShared<T, kExact, Tile>& shared,
-                                       int64_t b0, int64_t k0, const Fates& fates, uint32_t in_play,
-                                       uint32_t bounded) {
+                                       int64_t b0, int64_t k0, const Fates& fates, uint32_t in_play, uint32_t bounded) {
 #pragma unroll
   for (int s = 0; s < kMaxSiftedStages; ++s) {
     if (s < plan.stages) shared.settled[s].add(fates.at(s) & fates.dropped & in_play);
@@ -235,8 +234,8 @@ __device__ __forceinline__ uint32_t bounded_entries(const Plan& plan, const Stre
 // Computes the scores of a tile in view u and takes its entries through the stages of the view. Without kExact, takes
 // entries whose score is not a number out of `numbers`.
 template <bool kExact, typename Tile, typename T>
-__device__ __forceinline__ Fates sift(const Plan& plan, const Inputs<T>& in, const Chunk& chunk, int u,
-                                      int64_t queries, int64_t b0, int64_t k0, StreamShared<T, kExact, Tile>& shared,
+__device__ __forceinline__ Fates sift(const Plan& plan, const Inputs<T>& in, const Chunk& chunk, int u, int64_t queries,
+                                      int64_t b0, int64_t k0, StreamShared<T, kExact, Tile>& shared,
                                       uint32_t& numbers) {
   typename Tile::Scores score;
   score_view<kExact>(plan, in, chunk, u, queries, b0, k0, shared, score);

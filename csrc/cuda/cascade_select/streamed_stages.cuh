@@ -133,7 +133,8 @@ __device__ __forceinline__ bool run_sifted_stages(const Plan& plan, const Scores
                                                   const Sifted& sifted, GatheredSurvivors<kHeld>& survivors,
                                                   SelectShared& shared) {
   // Entries that are left besides the survivors: settled, and in later lists.
-  unsigned settled = warp_sum(sifted.dropped), waiting = warp_sum(sifted.gathered) - __shfl_sync(kFullWarp, sifted.gathered, 0);
+  unsigned settled = warp_sum(sifted.dropped),
+           waiting = warp_sum(sifted.gathered) - __shfl_sync(kFullWarp, sifted.gathered, 0);
   for (int s = 0; s < plan.stages; ++s) {
     const unsigned dropped = __shfl_sync(kFullWarp, sifted.dropped, s);
     if (s > 0) {

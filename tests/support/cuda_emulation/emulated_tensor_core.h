@@ -51,8 +51,8 @@ inline uint32_t multiply_add_bfloat16(uint32_t a, uint32_t b, uint32_t c) {
 }
 
 inline uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
-  return multiply_add_bfloat16(a & 0xffff, b & 0xffff, c & 0xffff) |
-         multiply_add_bfloat16(a >> 16, b >> 16, c >> 16) << 16;
+  return multiply_add_bfloat16(a & 0xffff, b & 0xffff, c & 0xffff) | multiply_add_bfloat16(a >> 16, b >> 16, c >> 16)
+                                                                         << 16;
 }
 
 inline uint32_t signs_of_pairs(uint32_t a, uint32_t b) {
