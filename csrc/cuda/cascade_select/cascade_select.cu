@@ -7,8 +7,7 @@
 //               give limits for the threshold of each stage (sieve.cuh). One pass over the memory computes scores on
 //               tensor cores, counts the entries that the limits settle, and writes only the others (stream.cuh). The
 //               stages run on those, and compute the canonical scores of the entries within the error of a threshold.
-//               What a stage compares is in shared memory where two queries of a multiprocessor have room for it, or
-//               one if there are few.
+//               What a stage compares is in shared memory where it fits.
 //
 // All routes are exact. The canonical score (float32 fused multiply-adds in the order of d) and the total order (score
 // descending, slot ascending) define indices and scores, and the results have the same bits as those of the CPU. With

@@ -22,7 +22,6 @@ constexpr int kMaxSiftedViews = 2, kMaxSiftedStages = 8;
 constexpr int kSampleBits = 13, kLongSampleBits = 15;
 constexpr int64_t kMinSifted = 2 << kSampleBits, kMinLongSample = 1 << 18;
 constexpr int kMaxStreamedTiles = 4;  // tiles of keys that a block streams at most
-constexpr int kHeldAtOnce = 2;  // blocks of a multiprocessor that have the entries of a query each in shared memory
 
 // The ranks in the sample that a stage takes its threshold and its limits from, see sieve.cuh. middle 0: the stage
 // keeps everything; high 0, low above the sample: there is no limit.
@@ -53,7 +52,7 @@ struct Plan {
   Route route;
   bool exact;
   bool held;                      // whether the entries that a stage compares are in shared memory; streamed route only
-  bool alone;                     // and the block of their query has a multiprocessor for itself
+  bool alone;                     // and the call has a multiprocessor for each query of a chunk
   int16_t view[kMaxStages];       // [stages] index of the view of each stage in view_used
   int32_t keep[kMaxStages];       // [stages] at most K
   int32_t view_used[kMaxStages];  // [views_used] index of the view in the inputs
@@ -98,12 +97,11 @@ int64_t bytes_per_list(const Plan& plan) {
 // Returns how many bytes of rows stay in the L2 cache while the memory streams through it.
 int64_t cache_budget() { return device_attribute(cudaDevAttrL2CacheSize, 0) / 8 * 5; }
 
-// Returns how many bytes of shared memory a block has if so many share a multiprocessor.
-int64_t processor_shared_memory(int blocks = 1) {
+// Returns how many bytes of shared memory a block has that takes a whole multiprocessor.
+int64_t processor_shared_memory() {
   constexpr int64_t kReserved = 1024;  // of each block, by the driver
   const int64_t limit = shared_memory_limit();
-  const int64_t all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kDefaultShared);
-  const int64_t bytes = all / blocks - kReserved;
+  const int64_t bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kDefaultShared) - kReserved;
   return bytes < limit ? bytes : limit;
 }
 
@@ -229,7 +227,7 @@ int64_t held_bytes(const Plan& plan) {
   const int64_t words = plan.views_used * held_width(plan) + (plan.views_used + 1) * plan.room;
   const int64_t bytes = static_cast<int64_t>(sizeof(CascadeShared)) + words * 4;
   const int64_t spare = static_cast<int64_t>(sizeof(SpareShared<__nv_bfloat16>));
-  return bytes > spare || !plan.alone ? bytes : spare;
+  return bytes > spare ? bytes : spare;
 }
 
 // Plans the streamed route.
@@ -238,15 +236,13 @@ void plan_stream(Plan& plan, bool split) {
   for (int s = 0; s < plan.stages; ++s) plan.stages_of[plan.view[s]] |= static_cast<uint8_t>(1 << s);
   plan.sample_bits = plan.K >= kMinLongSample ? kLongSampleBits : kSampleBits;
   plan_lists(plan, split);
-  plan.held = plan.sifted && held_bytes(plan) <= processor_shared_memory(kHeldAtOnce);
+  plan.held = plan.sifted && held_bytes(plan) <= processor_shared_memory();
   plan.chunk = chunk_of_lists(plan);
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount, 1);
   const int64_t most = (int64_t{1} << 29) / (plan.row * static_cast<int64_t>(sizeof(float)) * (plan.views_used + 1));
   plan.spare = most < 1 ? 1 : most < processors ? most : processors;
   if (plan.spare > plan.chunk) plan.spare = plan.chunk;
-  plan.alone = plan.sifted && plan.spare == plan.chunk;
-  plan.alone = plan.alone && held_bytes(plan) <= processor_shared_memory();
-  plan.held |= plan.alone;
+  plan.alone = plan.held && plan.spare == plan.chunk;
   const int64_t share = ceil_div(plan.K, kScoreKeys) * ceil_div(plan.chunk, kScoreQueries) / (4 * processors);
   plan.tiles = static_cast<int>(share < 1 ? 1 : share < kMaxStreamedTiles ? share : kMaxStreamedTiles);
 }

@@ -39,18 +39,25 @@ struct Sample {
   // Returns the score of entry i in view u.
   __device__ __forceinline__ float score(int u, int i) const { return u == 0 ? scores[0][i] : scores[1][i]; }
 
-  // Calls visit(i, score) for each entry of this thread that is left, with its score in view u.
+  // Calls visit(i, score) for each entry of this thread with its score in view u.
+  template <typename Visit>
+  __device__ __forceinline__ void for_all(int u, Visit visit) const {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) visit(i, score(u, i));
+  }
+
+  // The same for each entry that is left.
   template <typename Visit>
   __device__ __forceinline__ void for_each(int u, Visit visit) const {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      if ((left >> i & 1) != 0) visit(i, score(u, i));
-    }
+    for_all(u, [&](int i, float score) {
+      if ((left >> i & 1) != 0) visit(i, score);
+    });
   }
 };
 static_assert(kMaxSiftedViews == 2, "a view is chosen between two");
 
-// The same for a long sample, whose scores stay in global memory.
+// The same for a long sample, whose scores stay in global memory and are read as vectors: entry 4i + j of thread t is
+// number 4(512 i + t) + j.
 struct LongSample {
   static constexpr int kPerThread = (1 << kLongSampleBits) / kSelectThreads;
   using Entries = uint64_t;
@@ -59,52 +66,74 @@ struct LongSample {
   int64_t view_stride;
   Entries left;
 
+  __device__ __forceinline__ const float4* vectors(int u) const {
+    return reinterpret_cast<const float4*>(rows + u * view_stride) + threadIdx.x;
+  }
+
   __device__ __forceinline__ float score(int u, int i) const {
-    return rows[u * view_stride + i * kSelectThreads + threadIdx.x];
+    return reinterpret_cast<const float*>(vectors(u) + i / 4 * kSelectThreads)[i % 4];
+  }
+
+  template <typename Visit>
+  __device__ __forceinline__ void for_all(int u, Visit visit) const {
+#pragma unroll 4
+    for (int i = 0; i < kPerThread; i += 4) {
+      const float4 four = vectors(u)[i / 4 * kSelectThreads];
+      visit(i, four.x);
+      visit(i + 1, four.y);
+      visit(i + 2, four.z);
+      visit(i + 3, four.w);
+    }
   }
 
   template <typename Visit>
   __device__ __forceinline__ void for_each(int u, Visit visit) const {
-#pragma unroll 8
-    for (int i = 0; i < kPerThread; ++i) {
-      const float own = score(u, i);  // several are on their way at a time
-      if ((left >> i & 1) != 0) visit(i, own);
-    }
+    for_all(u, [&](int i, float score) {
+      if ((left >> i & 1) != 0) visit(i, score);
+    });
   }
 };
 
 __device__ __forceinline__ unsigned count_bits(uint32_t bits) { return __popc(bits); }
 __device__ __forceinline__ unsigned count_bits(uint64_t bits) { return __popcll(bits); }
 
-// Leaves the entries of a whole sample that have a score in every view.
+// Leaves the entries of a whole sample that have a score in every view, and finds the range of the finite scores of
+// each view.
 template <typename Source>
-__device__ __forceinline__ void leave_numbers(const Plan& plan, Source& sample) {
-  constexpr typename Source::Entries kOne = 1, kAll = ~typename Source::Entries{0};
-  typename Source::Entries numbers = 0;
+__device__ __forceinline__ void leave_numbers(const Plan& plan, Source& sample, SampleShared& shared) {
+  using Entries = typename Source::Entries;
   float zero = 0;  // NaN after an infinity or a NaN
-#pragma unroll 16
-  for (int i = 0; i < Source::kPerThread; ++i) {
-    zero = __fmaf_rn(sample.score(0, i), 0.0f, zero);
-    if (plan.views_used > 1) zero = __fmaf_rn(sample.score(1, i), 0.0f, zero);
+  float least[kMaxSiftedViews], greatest[kMaxSiftedViews];
+  sample.left = ~Entries{0} >> (8 * sizeof(Entries) - Source::kPerThread);
+#pragma unroll
+  for (int u = 0; u < kMaxSiftedViews; ++u) {
+    least[u] = INFINITY, greatest[u] = -INFINITY;
+    if (u >= plan.views_used) continue;
+    sample.for_all(u, [&](int, float score) {
+      zero = __fmaf_rn(score, 0.0f, zero);
+      least[u] = fminf(least[u], score), greatest[u] = fmaxf(greatest[u], score);
+    });
   }
-  sample.left = kAll >> (8 * sizeof(kAll) - Source::kPerThread);
-  if (zero == 0) return;
-#pragma unroll 16
-  for (int i = 0; i < Source::kPerThread; ++i) {
-    bool number = true;
+  if (zero != 0) {
 #pragma unroll
     for (int u = 0; u < kMaxSiftedViews; ++u) {
-      if (u < plan.views_used) number &= !isnan(sample.score(u, i));
+      least[u] = INFINITY, greatest[u] = -INFINITY;
+      if (u >= plan.views_used) continue;
+      sample.for_all(u, [&](int i, float score) {
+        if (isnan(score)) sample.left &= ~(Entries{1} << i);
+        if (fabsf(score) < INFINITY) least[u] = fminf(least[u], score), greatest[u] = fmaxf(greatest[u], score);
+      });
     }
-    if (number) numbers |= kOne << i;
   }
-  sample.left = numbers;
+#pragma unroll
+  for (int u = 0; u < kMaxSiftedViews; ++u) {
+    const float2 range = block_range(least[u], greatest[u], shared.select);
+    if (threadIdx.x == 0) shared.low[u] = range.x, shared.high[u] = range.y;
+  }
 }
 
-__device__ __forceinline__ void start_sample(const Plan& plan, const float* rows, int64_t view_stride,
-                                             LongSample& sample) {
+__device__ __forceinline__ void start_sample(const Plan&, const float* rows, int64_t view_stride, LongSample& sample) {
   sample = {rows, view_stride, 0};
-  leave_numbers(plan, sample);
 }
 
 template <int kEntries>
@@ -117,7 +146,6 @@ __device__ __forceinline__ void start_sample(const Plan& plan, const float* rows
       sample.scores[u][i] = u < plan.views_used ? rows[u * view_stride + i * kSelectThreads + threadIdx.x] : 0.0f;
     }
   }
-  leave_numbers(plan, sample);
 }
 
 // Divides what is left among the threads, at most kFewPerThread entries for each.
@@ -147,18 +175,6 @@ __device__ __forceinline__ Sample<kFewPerThread> spread_sample(const Plan& plan,
     few.left |= 1u << i;
   }
   return few;
-}
-
-// Finds the range of the scores that are left in view u.
-template <typename Source>
-__device__ __forceinline__ void sample_range(const Source& sample, int u, SampleShared& shared) {
-  float least = INFINITY, greatest = -INFINITY;
-  sample.for_each(u, [&](int, float score) {
-    if (fabsf(score) < INFINITY) least = fminf(least, score), greatest = fmaxf(greatest, score);
-  });
-  const float2 range = block_range(least, greatest, shared.select);
-  if (threadIdx.x == 0) shared.low[u] = range.x, shared.high[u] = range.y;
-  __syncthreads();
 }
 
 // The scores that a stage of the sample takes from its histogram: limits of the threshold, and the threshold itself.
@@ -203,7 +219,6 @@ __device__ __forceinline__ void sample_stage(const Plan& plan, int s, Source& sa
   const int u = plan.view[s];
   Limits limits = {-INFINITY, -INFINITY, -INFINITY};  // of a stage that keeps everything
   if (ranks.middle > 0) {
-    if (in_all_lanes(isnan(shared.low[u]))) sample_range(sample, u, shared);
     const LinearBuckets bucket_of(shared.low[u], shared.high[u]);
     sample.for_each(u, [&](int, float score) { atomicAdd(&shared.select.histogram[bucket_of(score)], 1u); });
     limits = limits_of(ranks, bucket_of, shared);
@@ -238,7 +253,7 @@ __global__ void __launch_bounds__(kSelectThreads) sieve_kernel(const __grid_cons
   }
   Source sample;
   start_sample(plan, chunk.scores + blockIdx.x * plan.sample(), plan.chunk * plan.sample(), sample);
-  if (threadIdx.x < kMaxSiftedViews) shared.low[threadIdx.x] = NAN;
+  leave_numbers(plan, sample, shared);
   start_selection(shared.select);
   __syncthreads();
   int s = 0;

@@ -226,10 +226,9 @@ __device__ __forceinline__ void hold_query(const Plan& plan, const T* queries, i
 
 // Blocks of a multiprocessor: as many as the registers allow without spilling what the loops use.
 template <bool kExact, bool kHeld, bool kAlone>
-constexpr int kStagesAtOnce = kAlone   ? 1
-                              : kHeld  ? kHeldAtOnce
-                              : kExact ? 2
-                                       : 3;
+constexpr int kStagesAtOnce = kAlone            ? 1
+                              : kHeld || kExact ? 2
+                                                : 3;
 
 // One block per query, on the entries that its sieve has gathered. With kHeld, shared memory has the query [U,
 // held_width], and the values [U, room] and slots [room] of the survivors, behind CascadeShared. With kAlone, a block
