@@ -65,6 +65,32 @@ def test_more_queries_than_a_small_tile_has(streamed):
     assert_selects(streamed, queries, memory, STAGES, HALVES, **random_ids(33, K, seed=41))
 
 
+@pytest.mark.parametrize("B", [32, 64])
+@pytest.mark.parametrize("precision", [0, 1])
+def test_whole_tiles_without_ids(streamed, precision, B):
+    """Of both sizes, and whole sectors of keys: no entry of a tile is left out. Scores are exact in 16 bits."""
+    entries = 2**14
+    queries, memory = torch.ones(2, B, 2) * (1 + torch.arange(B))[:, None], torch.zeros(2, entries, 2)
+    place = torch.stack([torch.randperm(entries, generator=torch.Generator().manual_seed(seed)) for seed in (51, 52)])
+    memory[..., 0], memory[..., 1] = place // 128, place % 128 / 128
+    keep = [entries >> s for s in range(1, 7)] + [5]
+    found = streamed.cascade_select(queries, memory, STAGES, keep, precision=precision)
+    torch.testing.assert_close(list(found), list(ops.cascade_select(queries, memory, STAGES, keep)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_more_entries_than_a_stage_has_room_for(streamed, stage):
+    """There is room for 1,408 of the entries that a stage compares. At the first stage, 1,600 have the score of its
+    threshold; or 1,300 have, of which 1,200 stay, and the second stage has about 400 more to compare with them. Both
+    fit their lists."""
+    equal, stay = (1600, 800) if stage == 0 else (1300, 1200)
+    place = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(seed)) for seed in (53, 54)])
+    crowd = (place[0] >= 8192 - stay) & (place[0] < 8192 - stay + equal)
+    queries, memory = torch.ones(2, 1, 1), -place[..., None].float()
+    memory[0, crowd], memory[1, crowd] = -8192 + stay, 1.0
+    assert_selects(streamed, queries, memory, [0, 1, 0], [8192, 4096, 30])
+
+
 @pytest.mark.parametrize(
     ("views", "keep"),
     [
@@ -305,6 +331,28 @@ def test_approximate_scores(streamed, case, dtype):
     found = streamed.cascade_select(*inputs, precision=1, **ids)
     expected = ops.cascade_select(*inputs, **ids)
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=0)
+
+
+def test_approximate_scores_that_are_all_alike(streamed):
+    """From 1 to 1.03, where bfloat16 has four values. Taken by themselves they would not be settled."""
+    queries, memory, keep = torch.ones(2, 1, 3), torch.ones(2, K, 3), [*HALVES[:6], 120]
+    place = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(seed)) for seed in (55, 56)])
+    memory[..., 1], memory[..., 2] = place // 128 / 2**12, place % 128 / 2**19
+    before = streamed.products()
+    found = streamed.cascade_select(queries, memory, STAGES, keep, precision=1)
+    assert streamed.products() - before == PRODUCTS_OF_A_RIGHT_SIEVE
+    torch.testing.assert_close(list(found), list(ops.cascade_select(queries, memory, STAGES, keep)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_approximate_scores_without_an_end(streamed, sign):
+    """Infinite ones of either sign, the greatest that there are, and zeros of either sign."""
+    queries, memory = torch.full((2, 2, 2), float(sign)), lattice(2, K, 2, seed=57)
+    memory[0, ::7], memory[1, 3::11], memory[0, 5] = torch.inf, -torch.inf, torch.nan
+    memory[0, 8::13, 0], memory[0, 8::13, 1], memory[1, 9::17] = 3e38, 0, -0.0
+    inputs = queries.bfloat16(), memory.bfloat16(), [0, 1, 0, 1], [9000, 4000, 2500, 900]
+    found = streamed.cascade_select(*inputs, precision=1)
+    torch.testing.assert_close(list(found), list(ops.cascade_select(*inputs)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("blind", [0, 1])

@@ -56,6 +56,40 @@ def test_saturated_multiply_add_is_clamped_and_makes_zero_of_nan(interpreter):
     assert found[:6].tolist() == [0, 0.75, 1, 0, 1, 0]
 
 
+def pairs(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """bfloat16 numbers in the halves of words."""
+    return torch.stack([low, high], dim=1).bfloat16().view(I32)[:, 0].contiguous()
+
+
+def halves(words: torch.Tensor) -> torch.Tensor:
+    return words[:, None].view(torch.bfloat16)
+
+
+def test_pairs_of_bfloat16_are_multiplied_and_added_with_one_rounding(interpreter):
+    a, b, c = ((drawn(seed), drawn(seed + 1) * 1e-3) for seed in (11, 13, 15))
+    a[1][:12], b[1][:12], c[1][:12] = SPECIAL, 1, SPECIAL.flip(0)
+    words = [pairs(*factor) for factor in (a, b, c)]
+    found = halves(run(interpreter, "fma.rn.bf16x2 {0}, {1}, {2}, {3};", I32, *words))
+    x, y, z = (halves(word).double() for word in words)
+    expected = (x * y + z).bfloat16()  # in float64 the product is exact, and so is nearly every sum
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.signbit(found[~expected.isnan()]), torch.signbit(expected[~expected.isnan()]))
+    assert (
+        run(interpreter, "fma.rn.bf16x2 {0}, {1}, {2}, {3};", I32, *words).view(torch.int16)[
+            expected.isnan().flatten().nonzero()[:, 0]
+        ]
+        == 0x7FFF
+    ).all()
+
+
+def test_bytes_are_chosen_from_two_words_as_they_are_or_as_their_signs(interpreter):
+    low, high = lanes([0x80017F02 - 2**32], I32), lanes([0x04FF8003], I32)
+    chosen = run(interpreter, "prmt.b32 {0}, {1}, {2}, 0x7530;", I32, low, high)
+    assert chosen[0] == 0x04808002  # bytes 7, 5, 3 and 0
+    signs = run(interpreter, "prmt.b32 {0}, {1}, {2}, 0xfdb9;", I32, low, high)
+    assert signs[0] == 0x00FFFF00  # of bytes 7, 5, 3 and 1
+
+
 def test_a_funnel_shift_takes_the_upper_bits_of_the_lower_word(interpreter):
     low, high = lanes([-(2**31), 5, -1], I32), lanes([3, -1, 0], I32)
     found = run(interpreter, "shf.l.wrap.b32 {0}, {1}, {2}, {3};", I32, low, high, lanes([1, 33, 4], I32))
