@@ -38,14 +38,34 @@ struct GatheredSurvivors {
     count += added;
   }
 
+  // Calls visit(i, score) for each survivor in the share of this thread. In global memory, requests are of four scores.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each_score(Visit visit) const {
+    unsigned rest = threadIdx.x;
+    if constexpr (!kHeld) {
+      for (unsigned i = threadIdx.x * 4; i < count / 4 * 4; i += kSelectThreads * 4) {
+        const float4 four = *reinterpret_cast<const float4*>(scores + i);
+        visit(i, four.x);
+        visit(i + 1, four.y);
+        visit(i + 2, four.z);
+        visit(i + 3, four.w);
+      }
+      rest += count / 4 * 4;
+    }
+    for (unsigned i = rest; i < count; i += kSelectThreads) visit(i, scores[i]);
+  }
+
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
-    for (unsigned i = threadIdx.x; i < count; i += kSelectThreads) visit(slots[i], scores[i]);
+    for_each_score([&](unsigned i, float score) { visit(slots[i], score); });
   }
 
   // Returns how many survivors are in the share of this thread.
   __device__ __forceinline__ unsigned own() const {
-    return threadIdx.x < count ? (count - threadIdx.x + kSelectThreads - 1) / kSelectThreads : 0;
+    const auto share = [](unsigned n) {
+      return threadIdx.x < n ? (n - threadIdx.x + kSelectThreads - 1) / kSelectThreads : 0;
+    };
+    return kHeld ? share(count) : share(count / 4) * 4 + share(count % 4);
   }
 
   // Keeps the entries for which keeps(i) holds. Each tile is read before a barrier and written after it, never ahead of
@@ -57,29 +77,34 @@ struct GatheredSurvivors {
     for (unsigned tile = 0; tile < count; tile += kBatch * kSelectThreads) {
       uint32_t slot[kBatch] = {};
       float value[kBatch][kMaxSiftedViews] = {};
-      unsigned flags = 0;
+      unsigned votes[kBatch], of_warp = 0;  // lanes that keep their entry
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const unsigned i = tile + j * kSelectThreads + threadIdx.x;
-        if (i >= count || !keeps(i)) continue;
-        flags |= 1u << j;
+        const bool stays = i < count && keeps(i);
+        votes[j] = __ballot_sync(kFullWarp, stays);
+        of_warp += __popc(votes[j]);
+        if (!stays) continue;
         slot[j] = slots[i];
 #pragma unroll
         for (int u = 0; u < kMaxSiftedViews; ++u) {
           if (u < views_used) value[j][u] = values_in(u)[i];
         }
       }
-      unsigned total;
-      unsigned place = kept + block_exclusive_sum<kSelectThreads>(__popc(flags), &total, shared.counts);
+      unsigned total, place = kept + sum_of_warps_before<kSelectThreads>(of_warp, &total, shared.counts);
+      __syncthreads();
+      const unsigned lane = threadIdx.x % kWarp, below = (1u << lane) - 1;
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if ((flags >> j & 1) == 0) continue;
-        slots[place] = slot[j];
+      for (int j = 0; j < kBatch; ++j) {  // lanes that follow each other write to places that do
+        if ((votes[j] >> lane & 1) != 0) {
+          const unsigned at = place + __popc(votes[j] & below);
+          slots[at] = slot[j];
 #pragma unroll
-        for (int u = 0; u < kMaxSiftedViews; ++u) {
-          if (u < views_used) values_in(u)[place] = value[j][u];
+          for (int u = 0; u < kMaxSiftedViews; ++u) {
+            if (u < views_used) values_in(u)[at] = value[j][u];
+          }
         }
-        ++place;
+        place += __popc(votes[j]);
       }
       kept += total;
     }

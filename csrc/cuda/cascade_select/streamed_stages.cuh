@@ -81,14 +81,13 @@ struct Refined {
     unsigned above = 0;
     if (threadIdx.x == 0) shared.gathered = 0;
     __syncthreads();
-    for (unsigned i = threadIdx.x; i < survivors.count; i += kSelectThreads) {
-      const float score = survivors.scores[i];
+    survivors.for_each_score([&](unsigned i, float score) {
       if (!(fabsf(score - threshold) > reach)) {
         near[atomicAdd(&shared.gathered, 1u)] = i;
       } else if (score > threshold) {
         ++above;
       }
-    }
+    });
     above = block_reduce<kSelectThreads>(above, Sum(), shared.counts);
     const unsigned count = shared.gathered;
     float* values = survivors.values_in(u);

@@ -81,13 +81,17 @@ def test_whole_tiles_without_ids(streamed, precision, B):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_more_entries_than_a_stage_has_room_for(streamed, stage):
     """There is room for 1,408 of the entries that a stage compares. At the first stage, 1,600 have the score of its
-    threshold; or 1,300 have, of which 1,200 stay, and the second stage has about 400 more to compare with them. Both
-    fit their lists."""
-    equal, stay = (1600, 800) if stage == 0 else (1300, 1200)
+    threshold; or 1,100 have, of which 1,050 stay and pass the second, too, where 600 others have the score of the
+    threshold. They all fit their lists."""
+    equal, stay = (1600, 800) if stage == 0 else (1100, 1050)
     place = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(seed)) for seed in (53, 54)])
     crowd = (place[0] >= 8192 - stay) & (place[0] < 8192 - stay + equal)
     queries, memory = torch.ones(2, 1, 1), -place[..., None].float()
     memory[0, crowd], memory[1, crowd] = -8192 + stay, 1.0
+    if stage == 1:
+        passing = (place[0] < 8192 - stay).nonzero()[:, 0]
+        others = passing[place[1, passing].argsort()][4096 - stay - 300 : 4096 - stay + 300]
+        memory[1, others] = memory[1, others[300]].clone()
     assert_selects(streamed, queries, memory, [0, 1, 0], [8192, 4096, 30])
 
 
