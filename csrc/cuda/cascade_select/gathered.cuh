@@ -18,12 +18,13 @@ struct GatheredSurvivors {
   Index view_stride;      // at least `room`
   const uint4* gathered;  // [capacity] the lists of all stages
   int views_used;
-  const float* scores;  // those in the compared view
+  int compared;         // view
+  const float* scores;  // those in it
   unsigned count;
 
   __device__ __forceinline__ float* values_in(int u) const { return values + u * view_stride; }
 
-  __device__ __forceinline__ void compare(int u) { scores = values_in(u); }
+  __device__ __forceinline__ void compare(int u) { compared = u, scores = values_in(u); }
 
   // Adds the list of a stage, `added` entries from `start` on, for which there must be room.
   __device__ __forceinline__ void add_list(int64_t start, unsigned added) {
@@ -68,28 +69,26 @@ struct GatheredSurvivors {
     return kHeld ? share(count) : share(count / 4) * 4 + share(count % 4);
   }
 
-  // Keeps the entries for which keeps(i) holds. Each tile is read before a barrier and written after it, never ahead of
-  // the reads.
+  // Keeps the entries for which keeps(i, score) holds, with the score in the compared view. Each tile is read before a
+  // barrier and written after it, never ahead of the reads.
   template <typename Keeps>
   __device__ __forceinline__ void filter(Keeps keeps, SelectShared& shared) {
     constexpr int kBatch = 4;  // entries of a thread in a tile
     unsigned kept = 0;
     for (unsigned tile = 0; tile < count; tile += kBatch * kSelectThreads) {
       uint32_t slot[kBatch] = {};
-      float value[kBatch][kMaxSiftedViews] = {};
-      unsigned votes[kBatch], of_warp = 0;  // lanes that keep their entry
+      float score[kBatch] = {}, other[kBatch] = {};  // in the compared view, and in the other if there is one
+      unsigned votes[kBatch], of_warp = 0;           // lanes that keep their entry
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         const unsigned i = tile + j * kSelectThreads + threadIdx.x;
-        const bool stays = i < count && keeps(i);
+        if (i < count) score[j] = scores[i];
+        const bool stays = i < count && keeps(i, score[j]);
         votes[j] = __ballot_sync(kFullWarp, stays);
         of_warp += __popc(votes[j]);
         if (!stays) continue;
         slot[j] = slots[i];
-#pragma unroll
-        for (int u = 0; u < kMaxSiftedViews; ++u) {
-          if (u < views_used) value[j][u] = values_in(u)[i];
-        }
+        if (views_used > 1) other[j] = values_in(1 - compared)[i];
       }
       unsigned total, place = kept + sum_of_warps_before<kSelectThreads>(of_warp, &total, shared.counts);
       __syncthreads();
@@ -99,10 +98,8 @@ struct GatheredSurvivors {
         if ((votes[j] >> lane & 1) != 0) {
           const unsigned at = place + __popc(votes[j] & below);
           slots[at] = slot[j];
-#pragma unroll
-          for (int u = 0; u < kMaxSiftedViews; ++u) {
-            if (u < views_used) values_in(u)[at] = value[j][u];
-          }
+          values_in(compared)[at] = score[j];
+          if (views_used > 1) values_in(1 - compared)[at] = other[j];
         }
         place += __popc(votes[j]);
       }
@@ -113,7 +110,7 @@ struct GatheredSurvivors {
   }
 
   __device__ __forceinline__ void keep_from(const LastKept& last, SelectShared& shared) {
-    filter([&](unsigned i) { return last.keeps(scores[i], [&] { return slots[i]; }); }, shared);
+    filter([&](unsigned i, float score) { return last.keeps(score, [&] { return slots[i]; }); }, shared);
   }
 
   // Keeps the best `keep` in the compared view u, at least one and at most all, and returns the last of them. [low,
@@ -130,8 +127,7 @@ struct GatheredSurvivors {
       return last;
     }
     const bool others = views_used > 1;
-    const auto in_better_bucket = [&](unsigned i) {
-      const float score = scores[i];
+    const auto in_better_bucket = [&](unsigned i, float score) {
       const unsigned bucket = bucket_of(score);
       if (bucket == boundary.bucket) {
         const unsigned place = atomicAdd(&shared.gathered, 1u);

@@ -64,7 +64,8 @@ struct Refined {
       for (int u = 0; u < plan.views_used; ++u) survivors.values_in(u)[i] = score(u, survivors.slots[i]);
     }
     if (!__syncthreads_or(replaced)) return;
-    auto comparable = [&](unsigned i) {
+    survivors.compare(0);
+    auto comparable = [&](unsigned i, float) {
       bool number = true;
       for (int u = 0; u < plan.views_used; ++u) number &= !isnan(survivors.values_in(u)[i]);
       return number;
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(kSelectThreads, kStagesAtOnce<kExact, kHeld, k
   Sieve& sieve = chunk.sieves[blockIdx.x];
   const int64_t list = blockIdx.x * plan.room, b = first_query + blockIdx.x;
   const uint4* gathered = chunk.gathered + blockIdx.x * plan.capacity;
-  GatheredSurvivors<kHeld> survivors = {nullptr, nullptr, 0, gathered, plan.views_used, nullptr, 0};
+  GatheredSurvivors<kHeld> survivors = {nullptr, nullptr, 0, gathered, plan.views_used, 0, nullptr, 0};
   if constexpr (kHeld) {
     survivors.view_stride = static_cast<uint32_t>(plan.room);
     survivors.values = held;

@@ -25,7 +25,7 @@ __device__ __forceinline__ bool unbounded(float square) { return !(square <= kGr
 // The greatest difference of a score from the canonical one is relative_error * norm_bound of the query * norm_bound of
 // the key. The small constant covers underflow.
 __host__ __device__ __forceinline__ float relative_error(int64_t D, bool split) {
-  return (split ? 0x1p-14f : 0.0f) + 5 * 0x1p-23f * static_cast<float>(D);
+  return (split ? 0x1.9p-15f : 0.0f) + 4.1f * 0x1p-23f * static_cast<float>(D);
 }
 
 __device__ __forceinline__ float norm_bound(float square) { return 1.01f * sqrtf(square) + 0x1p-34f; }
