@@ -30,13 +30,15 @@ struct SampleRanks {
 };
 
 // What decides a query's entries in one pass, see sieve.cuh. What it has of the stages are sectors of the L2 cache.
-struct alignas(kMaxSiftedStages * 4) Sieve {
+struct Sieve {
   float low[kMaxSiftedStages], high[kMaxSiftedStages];  // limits of the threshold of each stage
-  float center[kMaxSiftedViews];                        // the first lower limit in each view, or 0
   unsigned dropped[kMaxSiftedStages];                   // settled entries that drop out at each stage
   unsigned gathered[kMaxSiftedStages];  // entries that are not settled, by the first stage they may fail to pass
+  float center[kMaxSiftedViews];        // the first lower limit in each view, or 0
   unsigned misled;                      // whether all entries have to go through the stages
+  unsigned rest[5];
 };
+static_assert(sizeof(Sieve) % 32 == 0);
 
 enum Route : int { kOnChip, kInCache, kStreamed };
 

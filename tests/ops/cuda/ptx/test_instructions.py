@@ -65,21 +65,49 @@ def halves(words: torch.Tensor) -> torch.Tensor:
     return words[:, None].view(torch.bfloat16)
 
 
+def nearest_bfloat16(exact: Fraction) -> float:
+    """The bfloat16 number nearest to `exact`, of two the one whose last bit is 0. It must not overflow."""
+    _, exponent = np.frexp(float(exact))
+    unit = Fraction(2) ** max(int(exponent) - 8, -133)  # between neighbours
+    return float(round(exact / unit) * unit)
+
+
+MULTIPLY_ADD_PAIR = "fma.rn.bf16x2 {0}, {1}, {2}, {3};"
+
+
 def test_pairs_of_bfloat16_are_multiplied_and_added_with_one_rounding(interpreter):
+    """The first products lie halfway between two numbers, and what is added decides, far below the last bit of a
+    float32. Others are subnormal."""
     a, b, c = ((drawn(seed), drawn(seed + 1) * 1e-3) for seed in (11, 13, 15))
-    a[1][:12], b[1][:12], c[1][:12] = SPECIAL, 1, SPECIAL.flip(0)
+    a[0][:6], b[0][:6] = lanes([7.0, 7.0, 9.0, 9.0, -7.0, 9.0])[:6], lanes([37.0, 37.0, 29.0, 29.0, 37.0, -29.0])[:6]
+    c[0][:6] = lanes([2.0**-30, -(2.0**-30)])[:6]
+    a[1][:8], b[1][:8], c[1][:8] = a[1][:8] * 1e-37, 0.01, c[1][:8] * 1e-37
     words = [pairs(*factor) for factor in (a, b, c)]
-    found = halves(run(interpreter, "fma.rn.bf16x2 {0}, {1}, {2}, {3};", I32, *words))
-    x, y, z = (halves(word).double() for word in words)
-    expected = (x * y + z).bfloat16()  # in float64 the product is exact, and so is nearly every sum
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(torch.signbit(found[~expected.isnan()]), torch.signbit(expected[~expected.isnan()]))
-    assert (
-        run(interpreter, "fma.rn.bf16x2 {0}, {1}, {2}, {3};", I32, *words).view(torch.int16)[
-            expected.isnan().flatten().nonzero()[:, 0]
-        ]
-        == 0x7FFF
-    ).all()
+    found = halves(run(interpreter, MULTIPLY_ADD_PAIR, I32, *words)).flatten().tolist()
+    factors = [[Fraction(x) for x in halves(word).flatten().tolist()] for word in words]
+    expected = [nearest_bfloat16(x * y + z) for x, y, z in zip(*factors, strict=True)]
+    assert found == expected
+    assert expected[:12:2] == [260, 258, 262, 260, -258, -262]
+    assert sum(0 < abs(value) < 2.0**-126 for value in expected) == 8
+
+
+@pytest.mark.parametrize("half", ["low", "high"])
+def test_pairs_of_bfloat16_keep_infinities_nan_and_zeros_of_either_sign(interpreter, half):
+    rest = drawn(17)
+    x, y = SPECIAL.repeat_interleave(len(SPECIAL)), SPECIAL.repeat(len(SPECIAL))
+    for start in range(0, len(x), 32):
+        a, c = lanes(x[start : start + 32]), lanes(y[start : start + 32])
+        for factor in (1.0, -1.0, 0.0):
+            inputs = [a, lanes([factor]), c]
+            words = [pairs(value, rest) if half == "low" else pairs(rest, value) for value in inputs]
+            result = run(interpreter, MULTIPLY_ADD_PAIR, I32, *words)
+            own, other = (0, 1) if half == "low" else (1, 0)
+            expected = a.bfloat16() * factor + c.bfloat16()  # the product is exact
+            expected = expected.view(torch.int16).where(~expected.isnan(), torch.tensor(0x7FFF, dtype=torch.int16))
+            found = halves(result)
+            assert torch.equal(found[:, own].view(torch.int16), expected), (half, factor)
+            same = rest.bfloat16().double()
+            assert torch.equal(found[:, other], (same * same + same).bfloat16())
 
 
 def test_bytes_are_chosen_from_two_words_as_they_are_or_as_their_signs(interpreter):
