@@ -81,7 +81,7 @@ def test_pairs_of_bfloat16_are_multiplied_and_added_with_one_rounding(interprete
     a, b, c = ((drawn(seed), drawn(seed + 1) * 1e-3) for seed in (11, 13, 15))
     a[0][:6], b[0][:6] = lanes([7.0, 7.0, 9.0, 9.0, -7.0, 9.0])[:6], lanes([37.0, 37.0, 29.0, 29.0, 37.0, -29.0])[:6]
     c[0][:6] = lanes([2.0**-30, -(2.0**-30)])[:6]
-    a[1][:8], b[1][:8], c[1][:8] = a[1][:8] * 1e-37, 0.01, c[1][:8] * 1e-37
+    a[1][:8], b[1][:8], c[1][:8] = torch.arange(61, 69) * 2.0**-132, 0.375, torch.arange(-9, -1) * 2.0**-133
     words = [pairs(*factor) for factor in (a, b, c)]
     found = halves(run(interpreter, MULTIPLY_ADD_PAIR, I32, *words)).flatten().tolist()
     factors = [[Fraction(x) for x in halves(word).flatten().tolist()] for word in words]
