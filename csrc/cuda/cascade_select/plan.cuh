@@ -193,15 +193,16 @@ void plan_lists(Plan& plan, bool split) {
     if (plan.sifted && s < plan.stages) {
       const SampleRanks ranks = plan.sampled[s] = sample_ranks(plan.keep[s], before, plan);
       double expected = s == plan.stages - 1 ? static_cast<double>(plan.keep[s]) : 0.0;
+      const double waiting = left;  // at the start of the stage
       if (ranks.middle != 0) {
         const int64_t sample = plan.sample();
         const double between = static_cast<double>(ranks.low < sample ? ranks.low : sample) - ranks.high;
         const double near = (between / static_cast<double>(sample) + error) * entries;
         expected += near;
-        compared = fmax(compared, left + expected);
         left = left * static_cast<double>(plan.keep[s]) / static_cast<double>(before) + near / 2;
         before = plan.keep[s];
       }
+      compared = fmax(compared, waiting + expected);                 // also of a stage that keeps everything
       const double wanted = 1.5 * expected + (s == 0 ? 1024 : 512);  // entries without a bound are in the first list
       room = wanted < entries ? static_cast<int64_t>(wanted) : plan.K;
     }

@@ -76,10 +76,10 @@ def test_whole_tiles_without_ids(streamed, precision, B):
     torch.testing.assert_close(list(found), list(ops.cascade_select(queries, memory, STAGES, HALVES)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("equal", "stay"), [(1600, 800), (1100, 1050)])
-def test_more_entries_than_a_stage_has_room_for(streamed, equal, stay):
-    """There is room for 1,408 entries. So many have the score of the first threshold and fit their list; or of those
-    that stay all pass the second stage, where 600 others have the score of the threshold."""
+@pytest.mark.parametrize(("equal", "stay", "keep"), [(1600, 800, [8192, 30]), (1100, 1050, [8192, 4096, 30])])
+def test_more_entries_than_a_stage_has_room_for(streamed, equal, stay, keep):
+    """There is room for 1,408 entries at most. More have the score of the first threshold and fit their list; or of
+    those that stay all pass the second stage, where 600 others have the score of the threshold."""
     place = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(seed)) for seed in (53, 54)])
     crowd = (place[0] >= 8192 - stay) & (place[0] < 8192 - stay + equal)
     queries, memory = torch.ones(2, 1, 1), -place[..., None].float()
@@ -87,7 +87,7 @@ def test_more_entries_than_a_stage_has_room_for(streamed, equal, stay):
     passing = (place[0] < 8192 - stay).nonzero()[:, 0]
     others = passing[place[1, passing].argsort()][4096 - stay - 300 : 4096 - stay + 300]
     memory[1, others] = memory[1, others[300]].clone()
-    assert_selects(streamed, queries, memory, [0, 1, 0], [8192, 4096, 30])
+    assert_selects(streamed, queries, memory, [0, 1, 0][: len(keep)], keep)
 
 
 @pytest.mark.parametrize(
@@ -353,15 +353,16 @@ def test_approximate_scores_without_an_end(streamed):
     torch.testing.assert_close(list(found), list(ops.cascade_select(*inputs)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("blind", [0, 1])
-def test_approximate_scores_that_cannot_be_compared_in_one_view(streamed, blind):
-    """The last stage keeps all that the first does, so that the result would hold every such entry."""
-    queries, memory, slots = torch.ones(2, 1, 2), torch.zeros(2, K, 2), [1000, 2001, 3002, 4003]
+@pytest.mark.parametrize(("blind", "keep"), [(0, 600), (1, 600), (0, 9000)])
+def test_approximate_scores_that_cannot_be_compared_in_one_view(streamed, blind, keep):
+    """The last stage keeps all that the first does, and has room for it; so the result would hold every such entry."""
+    queries, memory, slots = torch.ones(2, 1, 2), torch.zeros(2, K, 2), other_slots()[[500, 1000, 1500, 2000]]
     place = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(seed)) for seed in (37, 38)])
     memory[..., 0], memory[..., 1] = place // 128, place % 128 / 128
     memory[1 - blind, slots, 0], memory[blind, slots] = 200, torch.nan
-    inputs = queries, memory, [0, 1], [9000, 9000]
+    inputs, before = (queries, memory, [0, 1], [keep, keep]), streamed.products()
     found = streamed.cascade_select(*inputs, precision=1)
+    assert streamed.products() - before == PRODUCTS_OF_A_RIGHT_SIEVE
     torch.testing.assert_close(list(found), list(ops.cascade_select(*inputs)), rtol=0, atol=0)
 
 
